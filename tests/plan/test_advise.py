@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import re
@@ -17,7 +18,7 @@ from deepseek_jax.parallel.mesh import AXES, make_mesh
 from deepseek_jax.parallel.xla_options import bytes_of_a_layer
 from deepseek_jax.plan import __main__ as plan
 from deepseek_jax.plan import rates, report, topology
-from deepseek_jax.plan.advise import candidates, command, hardware, memory, search
+from deepseek_jax.plan.advise import command, hardware, memory, search
 from deepseek_jax.plan.advise.candidates import Choice, configured
 from deepseek_jax.plan.advise.estimate import PARTS, Estimate, share_a_host
 from deepseek_jax.plan.advise.weights import Weights
@@ -112,9 +113,18 @@ def test_what_is_proposed_is_valid():
         validate(config)
         topology.lay_out(config, topology.cpu_devices(8))
     meshes = {p.choice.mesh for p in found.plans}
-    # all ways to divide 8 devices by five axes, but with more stages than layers or heads cut through
-    every = {m for m in candidates.meshes(CONFIG, 8, 8) if m[AXES.index("tensor")] <= 4}
-    assert meshes == {m for m in every if m[AXES.index("stage")] <= CONFIG.pipelined_blocks}
+    # All ways to divide 8 devices by five axes, but with more stages than layers, with heads cut through, and
+    # with data alone beside tensor, which is what fsdp with no_shard is.
+    every = {m for m in itertools.product((1, 2, 4, 8), repeat=6) if math.prod(m) == 8}
+    by_axis = [dict(zip(AXES, m, strict=True)) for m in every]
+    assert meshes == {
+        tuple(m.values())
+        for m in by_axis
+        if m["context"] == 1
+        and m["tensor"] <= 4
+        and m["stage"] <= CONFIG.pipelined_blocks
+        and (m["data"] == 1 or m["fsdp"] * m["expert"] * m["stage"] > 1)
+    }
 
 
 @pytest.mark.parametrize(

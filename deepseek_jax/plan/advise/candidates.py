@@ -124,13 +124,12 @@ def meshes(config: Config, devices: int, gpus_per_host: int) -> Iterator[tuple[i
 def strategies(config: Config, mesh: tuple[int, ...]) -> list[str]:
     """Those that differ on a mesh: but for hybrid_shard, `data` is as `fsdp` is."""
     shape = dict(zip(AXES, mesh, strict=True))
-    if config.sharding.gradient_compression != "none" and shape["data"] == 1:
-        return []
+    whole = shape["fsdp"] * shape["expert"] * shape["stage"] == 1
+    if config.sharding.gradient_compression != "none":  # between replicas along data
+        return ["hybrid_shard", "zero1", "no_shard"] if shape["data"] > 1 else []
     if shape["data"] > 1:
-        if config.sharding.gradient_compression != "none":
-            return ["hybrid_shard", "zero1", "no_shard"]
-        return ["hybrid_shard"]
-    if shape["fsdp"] * shape["expert"] * shape["stage"] == 1:
+        return [] if whole else ["hybrid_shard"]
+    if whole:
         return ["no_shard"]
     return [name for name in DIVIDED_BY if name != "hybrid_shard"]
 

@@ -58,7 +58,7 @@ def _by_memory(whole_state_fits: bool, some_fit: bool) -> Rule:
         return Rule("the model fits a device", "shard_grad_op or no_shard", _keeps_weights_whole)
     if some_fit:
         return Rule(
-            "the model does not fit a device", "full_shard, gradient checkpointing", _recomputes
+            "the model does not fit a device", "full_shard, gradient checkpointing", _is_full_shard
         )
     return Rule("it does not fit divided either", "offload to the host", _offloads)
 
@@ -66,15 +66,15 @@ def _by_memory(whole_state_fits: bool, some_fit: bool) -> Rule:
 def _by_hosts(hosts: int) -> Rule:
     if hosts > 1:
         return Rule(f"{hosts} nodes", "hybrid_shard", _is_hybrid)
-    return Rule("a single node", "full_shard, gradient checkpointing", _recomputes)
+    return Rule("a single node", "full_shard, gradient checkpointing", _is_full_shard)
 
 
 def _keeps_weights_whole(choice: Choice) -> bool:
     return choice.strategy in ("shard_grad_op", "no_shard") and not choice.offload
 
 
-def _recomputes(choice: Choice) -> bool:
-    return choice.strategy == "full_shard" and choice.remat != "none" and not choice.offload
+def _is_full_shard(choice: Choice) -> bool:
+    return choice.strategy == "full_shard" and not choice.offload
 
 
 def _offloads(choice: Choice) -> bool:

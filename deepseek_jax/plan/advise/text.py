@@ -150,13 +150,13 @@ def _why(advice: Advice, plan: search.Plan, number: int) -> str:
     other = advice.baseline if first else advice.best
     if not isinstance(other, search.Plan):
         part, seconds = max(advice.parts(plan).items(), key=lambda item: item[1])
-        return (
-            f"The quickest that fits: {seconds:.3g} s of {advice.seconds(plan):.3g} s are {part}."
-        )
+        return f"The quickest that fits: {duration(seconds)} of {duration(advice.seconds(plan))} are {part}."
     name = "the config as given" if first else "plan 1"
     if plan.choice == other.choice:
         return f"It is {name}."
     gap = advice.seconds(plan) - advice.seconds(other)
+    if abs(gap) < 1e-3 * advice.seconds(other):
+        return f"As quick as {name}."
     found = [
         (p, s)
         for p, s in differences(advice, plan, other)
