@@ -44,7 +44,7 @@ FAST := tests/checkpoint/test_checkpoint.py tests/checkpoint/test_durability_cra
 	tests/parallel/test_strategies.py::test_what_a_layer_communicates tests/run/test_train.py::test_main_job \
 	tests/run/test_train.py::test_resume_is_bit_exact tests/parallel/test_mesh.py::test_same_numbers_on_every_mesh
 
-.PHONY: help venv remade train sft distil check measures docs test test-fast test-slow test-ray test-trackers test-report prove storm mesh-product fuzz fuzz-options plan gpu-aot gpu-bench clean
+.PHONY: help venv remade train sft distil check measures docs test test-fast test-slow test-ray test-trackers test-report prove storm mesh-product fuzz fuzz-options plan advise gpu-aot gpu-bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -115,6 +115,9 @@ fuzz-options: $(STAMP) ## 150 random sets of options that validation accepts: ea
 
 plan: $(AOT)/.installed ## say what CONFIG needs and communicates on DEVICES H200s, by compiling it for them; needs no GPU
 	@$(AOT)/bin/python -m deepseek_jax.plan --config=$(CONFIG) --devices=$(DEVICES) $(ARGS)
+
+advise: $(AOT)/.installed ## say which mesh, strategy and memory levers CONFIG should take on DEVICES H200s; needs no GPU
+	@$(AOT)/bin/python -m deepseek_jax.plan advise --config=$(CONFIG) --devices=$(DEVICES) $(ARGS)
 
 gpu-aot: $(AOT)/.installed ## compile steps for H200s and check what they communicate; needs no GPU
 	$(AOT)/bin/python -m benchmarks gpu_aot $(ARGS)

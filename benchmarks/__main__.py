@@ -16,6 +16,7 @@ GROUPS = {
         "step": "time of a train step and its share of the best matmul; --peer: beside PyTorch",
         "sft": "fine-tuning on short chats, packed, beside TRL's SFTTrainer, which pads",
         "distill": "what a teacher costs a step: online, by its likeliest words, from a cache",
+        "advise": "the advisor's first choice beside other plans, on virtual devices of this CPU",
         "predicted": "predicted step times beside measured ones, on virtual devices of this CPU",
         "floor": "the parts of a step on a CPU, and the least that each could cost",
         "overhead": "what the training loop costs beside the compiled step",

@@ -49,7 +49,7 @@ def make_mesh(config: Config, devices: list[jax.Device] | None = None) -> jax.sh
                 f"config.{option}={value} needs NVIDIA GPUs, and these are {devices[0].platform} devices. "
                 f"Set config.{option}=auto."
             )
-    shape = _resolve(config, len(devices))
+    shape = shape_of(config, len(devices))
     check_model(config, shape)
     by_host = sorted(
         devices, key=lambda d: (getattr(d, "slice_index", None) or 0, d.process_index, d.id)
@@ -129,7 +129,12 @@ def per_device(f: Callable, in_specs: Any, out_specs: Any) -> Callable:
     return again
 
 
-def _resolve(config: Config, device_count: int) -> dict[str, int]:
+def shape_of(config: Config, device_count: int) -> dict[str, int]:
+    """Devices along each axis: `config.mesh`, its -1 resolved.
+
+    Raises:
+      UserError: it is no mesh of so many devices.
+    """
     shape = {a: getattr(config.mesh, a) for a in AXES}
     text = " x ".join(f"{a} {n}" for a, n in shape.items() if n != 1) or "1"
     free = [a for a, n in shape.items() if n == -1]

@@ -6,6 +6,7 @@ parallel/weights.py goes from one to the other.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ Rules = dict[str, tuple[str, ...] | str | None]
 
 # Axes of parameters. `embed` is the axis of a dense weight that FULL_SHARD divides. An expert weight has
 # `expert_embed` there, because its experts already lie on the expert axis; it is divided further by experts
-# where their number allows it (`_by_experts`), along that axis else. A stack of some experts
+# where their number allows it (`rules_for`), along that axis else. A stack of some experts
 # (expert_rows.py) is divided as a dense weight. `lora_heads` is the output of a low-rank projection, which
 # has no embed axis, and `lora_expert_mlp` the side of an expert's adapter that has none. Heads, feed-forward
 # widths and the vocabulary lie on the
@@ -133,12 +134,12 @@ def specs(state: nnx.State, rules: Rules, min_weight_size: int = 0) -> nnx.State
         cost more than their bytes.
     """
 
+    mesh = jax.sharding.get_abstract_mesh()
+    shape = {} if mesh.empty else mesh.shape
+
     def of(v: nnx.Variable) -> nnx.Variable:
         axes, w = logical_axes(v), v.get_value()
-        size = math.prod(w.shape) // (w.shape[0] if axes[0] == "layers" else 1)
-        chosen = COMPUTE_RULES if size < min_weight_size else rules
-        if "experts" in axes:
-            chosen = _by_experts(chosen, w.shape[axes.index("experts")])
+        chosen = rules_for(axes, w.shape, rules, min_weight_size, shape)
         if isinstance(w, QuantizedWeight):
             _, structure = jax.tree.flatten(w)
             return v.replace(structure.unflatten([spec(a, chosen) for a in w.axes(axes)]))
@@ -147,18 +148,33 @@ def specs(state: nnx.State, rules: Rules, min_weight_size: int = 0) -> nnx.State
     return jax.tree.map(of, state, is_leaf=lambda v: isinstance(v, nnx.Variable))
 
 
-def _by_experts(rules: Rules, experts: int) -> Rules:
-    """The rules for weights of so many experts on the mesh in context: what divides an expert's matrices
-    takes whole experts instead, if it can. Their gather is one piece then; along the embed axis every expert
-    comes in slices, and both passes copy all of them to where the products want them.
+def rules_for(
+    axes: tuple[str | None, ...],
+    shape: tuple[int, ...],
+    rules: Rules,
+    min_weight_size: int,
+    mesh_shape: Mapping[str, int],
+) -> Rules:
+    """The rules that hold for one weight: those of use where it is small, other ones for experts.
+
+    What divides an expert's matrices takes whole experts instead, if it can. Their gather is one piece then;
+    along the embed axis every expert comes in slices, and both passes copy all of them to where the products
+    want them.
+
+    Args:
+      axes, shape: of the weight, of all its layers if it is a stack.
+      mesh_shape: devices by axis; empty where there is no mesh.
     """
-    further, mesh = rules.get(BY_EXPERTS), jax.sharding.get_abstract_mesh()
-    if not further or mesh.empty:
+    size = math.prod(shape) // (shape[0] if axes[0] == "layers" else 1)
+    if size < min_weight_size:
+        rules = COMPUTE_RULES
+    further = rules.get(BY_EXPERTS)
+    if "experts" not in axes or not further or not mesh_shape:
         return rules
-    sizes = [mesh.shape[a] for a in further]
-    if math.prod(sizes) == 1 or experts % (mesh.shape["expert"] * math.prod(sizes)):
+    ways = math.prod(mesh_shape[a] for a in further)
+    if ways == 1 or shape[axes.index("experts")] % (mesh_shape["expert"] * ways):
         return rules
-    moved = {"experts": ("expert", *further), "expert_embed": ("stage",)}
+    moved: Rules = {"experts": ("expert", *further), "expert_embed": ("stage",)}
     return rules | moved | {"lora_expert_mlp": ("tensor", "stage")}
 
 

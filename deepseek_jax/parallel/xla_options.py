@@ -48,10 +48,10 @@ def xla_options(
     if not is_gpu(platform):
         return {}
     s = config.sharding
-    ahead, behind = (
-        s.forward_prefetch or s.backward_prefetch == "pre",
-        s.backward_prefetch != "none",
-    )
+    # Without weights to gather there is nothing to move, and the pipeliner of jaxlib 0.11 and 0.12 ends the
+    # process on such a step with a tensor axis and several micro-batches (TransformLoopForward).
+    ahead = gathers_weights(config) and (s.forward_prefetch or s.backward_prefetch == "pre")
+    behind = s.backward_prefetch != "none"
     options: dict[str, Any] = {
         "xla_gpu_enable_latency_hiding_scheduler": ahead or behind,
         **dict(pipelined(kind, ahead if kind == "all_gather" else behind) for kind in PIPELINED),
@@ -64,6 +64,11 @@ def xla_options(
             options[f"xla_gpu_{kind}_combine_threshold_bytes"] = layer_bytes
     given = re.findall(r"--(\w+)", environment.get("XLA_FLAGS", ""))
     return {name: value for name, value in options.items() if name not in given}
+
+
+def gathers_weights(config: Config) -> bool:
+    """Whether the strategy divides weights, so that layers gather them."""
+    return sharding.DIVIDED_BY[config.sharding.canonical][0]
 
 
 def pipelined(kind: str, on: bool, renamed: bool = RENAMED) -> tuple[str, Any]:
@@ -117,6 +122,13 @@ def notes(config: Config, platform: str) -> list[str]:
     the others.
     """
     s, default = config.sharding, ShardingConfig()
+    if is_gpu(platform) and not gathers_weights(config):
+        if s.forward_prefetch == default.forward_prefetch:
+            return []
+        return [
+            f"sharding.forward_prefetch={s.forward_prefetch} has no effect with "
+            f"sharding.strategy={s.strategy}, which keeps weights whole"
+        ]
     if is_gpu(platform):
         if s.forward_prefetch != (s.backward_prefetch == "pre"):
             return [

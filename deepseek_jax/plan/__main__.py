@@ -17,8 +17,9 @@ that is exposed, share of peak, the largest costs with their lines, and what all
 --rates replaces the derated rates, by those that `calibrate` has measured, --rates=rates.json, or by
 numbers, --rates=bf16=750e12,memory=4.3e12; for --hardware=cpu it is needed.
 
-  python -m deepseek_jax.plan calibrate --out=rates.json     how fast the devices of this machine are
-  python -m deepseek_jax.plan tune batch --config=...        what fits and what is fastest, run here
+  python -m deepseek_jax.plan advise --config=... --devices=N    which mesh, strategy and levers to take
+  python -m deepseek_jax.plan calibrate --out=rates.json         how fast the devices of this machine are
+  python -m deepseek_jax.plan tune batch --config=...            what fits and what is fastest, run here
 
 Any option of train.py can follow. Exit codes: 0, also if it does not fit ("fits" in --json says
 so); 2 a mistake in the options.
@@ -53,6 +54,7 @@ from deepseek_jax.run import commandline
 CPU = topology.Hardware("CPU device", None, "")
 # Commands of their own, which run something on this machine or search: the module of each.
 SUBCOMMANDS = {
+    "advise": "deepseek_jax.plan.advise.command",
     "calibrate": "deepseek_jax.plan.calibrate.command",
     "tune": "deepseek_jax.plan.tune.command",
 }
@@ -60,7 +62,7 @@ SUBCOMMANDS = {
 
 def main(argv: list[str]) -> int:
     if argv and argv[0] in SUBCOMMANDS:
-        return importlib.import_module(SUBCOMMANDS[argv[0]]).main(argv[1:])
+        return int(importlib.import_module(SUBCOMMANDS[argv[0]]).main(argv[1:]))
     parser = options.Parser(
         __doc__, further=lambda: commandline.help_text(commandline.define_flags())
     )

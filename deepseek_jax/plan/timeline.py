@@ -156,6 +156,21 @@ class Program:
         return self.origin.scope(computation, loop, visit)[0] in OF_ROUNDS
 
 
+def seconds_of_collective(kind: str, received: float, n: int, inside: int, rates: Rates) -> float:
+    """Of one collective. Between hosts the network's part may take longer than the links'.
+
+    Args:
+      received: bytes that a device receives.
+      n: devices that take part. inside: how many of them share a host.
+    """
+    seconds = received / rates.link
+    if inside < n:
+        outside = received * (n - inside) / (n - 1)
+        outside /= inside if kind in SHARED else 1
+        seconds = max(seconds, outside / rates.network)
+    return seconds + rates.collective
+
+
 class Timeline:
     """The time of a program on one device.
 
@@ -178,19 +193,13 @@ class Timeline:
         return self._run(self.module.entry, Visit((), None, False))
 
     def seconds_of(self, c: program.Collective) -> float:
-        """Of one collective, alone. Between hosts the network's part may take longer than the links'."""
-        n = c.group
+        """Of one collective, alone."""
         inside = 1
         for axis in c.axes:
             inside *= self.program.share_a_host.get(axis, 1)
-        if "?" in c.axes or inside > n:
-            inside = n
-        seconds = c.bytes / self.rates.link
-        if inside < n:
-            outside = c.bytes * (n - inside) / (n - 1)
-            outside /= inside if c.kind in SHARED else 1
-            seconds = max(seconds, outside / self.rates.network)
-        return seconds + self.rates.collective
+        if "?" in c.axes or inside > c.group:
+            inside = c.group
+        return seconds_of_collective(c.kind, c.bytes, c.group, inside, self.rates)
 
     def _run(self, name: str, visit: Visit) -> Spent:
         spent = Spent()

@@ -75,10 +75,21 @@ def chosen(
 
 def sizes_of(config: Config, mesh: jax.sharding.Mesh, layout: Layout) -> Sizes:
     """The estimate, for a mesh without stages."""
-    shape = mesh.shape
     stored = layout.bytes_per_device(mesh)
     stored.pop("host", 0)
-    gradients = stored.pop("gradients")
+    layer = bytes_of_a_layer(config, layout.model.abstract.params, mesh)
+    return sizes(config, mesh.shape, stored, layer)
+
+
+def sizes(config: Config, shape: Mapping[str, int], stored: Mapping[str, int], layer: int) -> Sizes:
+    """The estimate from what a mesh's shape says.
+
+    Args:
+      shape: of the mesh, without stages.
+      stored: as Layout.bytes_per_device has it, "host" left out.
+      layer: bytes of one layer's weights as it uses them.
+    """
+    gradients = stored["gradients"]
     item = ITEM_BYTES[config.train.dtype]
     # Those of a micro-batch are in the compute dtype, and so is a copy of the weights (cast_weights.py).
     weights = gradients if item == 4 else gradients // 2 + stored["parameters"] // 2
@@ -88,11 +99,10 @@ def sizes_of(config: Config, mesh: jax.sharding.Mesh, layout: Layout) -> Sizes:
     tokens //= math.prod(shape[a] for a in TOKEN_AXES)
     m = config.model
     layers = m.num_hidden_layers + m.num_nextn_predict_layers
-    layer = bytes_of_a_layer(config, layout.model.abstract.params, mesh)
     return Sizes(
-        sum(stored.values()),
+        sum(stored.values()) - gradients,
         weights,
-        _passing(config, shape, tokens) + 2 * layer,
+        passing(config, shape, tokens) + 2 * layer,
         layers * tokens * m.hidden_size * item,
         kept(config, shape, tokens),
     )
@@ -134,7 +144,7 @@ def _rows(config: Config, shape: Mapping[str, int], tokens: int) -> int:
     return round(padded * tokens * m.num_experts_per_tok) + experts * BLOCK
 
 
-def _passing(config: Config, shape: Mapping[str, int], tokens: int) -> int:
+def passing(config: Config, shape: Mapping[str, int], tokens: int) -> int:
     """The most that lives for a moment: the backward pass of a layer, or the loss."""
     m, item, tensor = config.model, ITEM_BYTES[config.train.dtype], shape["tensor"]
     heads = m.num_attention_heads // tensor

@@ -58,6 +58,16 @@ def test_what_each_asks_for(forward, backward, scheduler, ahead, behind):
     )
 
 
+@pytest.mark.parametrize("strategy", ["shard_grad_op", "zero1", "no_shard"])
+def test_whole_weights_are_not_gathered_ahead(strategy):
+    found = options(strategy=strategy)
+    assert (found[SCHEDULER], found[AHEAD] == ON, found[SCATTER] == ON) == (True, False, True)
+    assert GATHERS not in found and found[SCATTERS] == 1000
+    config = Config(sharding=ShardingConfig(strategy=strategy, forward_prefetch=False))
+    (said,) = xla_options.notes(config, "gpu")
+    assert "forward_prefetch=False" in said and f"strategy={strategy}" in said
+
+
 def test_limit_all_gathers():
     limited, free = options(), options(limit_all_gathers=False)
     assert limited[IN_FLIGHT] == 1 < free[IN_FLIGHT]
