@@ -55,7 +55,7 @@ def main() -> int:
     ranked, tried = _ranked(config, known, cluster, given)
     plans = _chosen(ranked.plans, own.best, own.sample)
     times, refused = _timed(config, plans, devices, own.steps)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "rank": rank,
             "plan": named(plan.choice),

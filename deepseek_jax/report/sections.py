@@ -38,7 +38,7 @@ def summary(run: RunData) -> Markup:
         tiles.append(("tokens seen", _exact(last["tokens_seen"]), "padding left out"))
     speed, seconds, share = (_median(steps, name) for name in _MEDIANS)
     if speed is not None:
-        note = "tokens/s, median" + (f"; {seconds:.3g} s a step" if seconds else "")
+        note = "tokens/s, median" + (f"; {seconds:.3g} s per step" if seconds else "")
         tiles.append(("throughput", human(speed), note))
     if share is not None:
         tiles.append(("share of peak", f"{share:.1%}", "median"))

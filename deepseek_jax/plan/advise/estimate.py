@@ -9,7 +9,7 @@ T tokens of a device in a micro-batch, D hidden_size, K experts per token, X dev
 """
 
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -228,8 +228,8 @@ class Work:
         """(bytes received, seconds exposed)."""
         stages = self.shape["stage"]
         micro = self.config.train.accumulation / stages / (1 - self.bubble)
-        received: Counter[str] = Counter()
-        busy: Counter[str] = Counter()
+        received: dict[str, float] = defaultdict(float)
+        busy: dict[str, float] = defaultdict(float)
 
         def add(
             of: str, kind: str, axes: tuple[str, ...], size: float, times: float, calls: float
@@ -271,7 +271,7 @@ class Work:
             return
         x, method = self.shape["expert"], self.config.moe.dispatch
         row = self.config.model.hidden_size * self.item
-        there = back = self.tokens * (x - 1) * row
+        there = back = float(self.tokens * (x - 1) * row)
         if method == "all_to_all":
             there = back = self.buffers.exchanged_rows * (x - 1) / x * row * self.rounds
         elif method == "ring":

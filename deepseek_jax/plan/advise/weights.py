@@ -6,7 +6,7 @@ two: an advisor asks for thousands.
 """
 
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -68,10 +68,10 @@ class Divided(NamedTuple):
     stored: dict[str, int]
     layer: int
     used: dict[str, float]
-    gathered: Counter[tuple[str, ...]]
-    gathered_once: Counter[tuple[str, ...]]
-    reduced: Counter[tuple[str, tuple[str, ...]]]
-    updated: Counter[tuple[str, ...]]
+    gathered: Mapping[tuple[str, ...], float]
+    gathered_once: Mapping[tuple[str, ...], float]
+    reduced: Mapping[tuple[str, tuple[str, ...]], float]
+    updated: Mapping[tuple[str, ...], float]
     held: float
 
 
@@ -97,13 +97,13 @@ class Weights:
     def divided(self, config: Config, mesh: Shape) -> Divided:
         """Of the strategy of a config, on a mesh of this shape."""
         rules = sharding.storage_rules(config)
-        stored = Counter(optimizer=self.scalars)
-        used: Counter[str] = Counter()
-        gathered: Counter[tuple[str, ...]] = Counter()
-        gathered_once: Counter[tuple[str, ...]] = Counter()
-        reduced: Counter[tuple[str, tuple[str, ...]]] = Counter()
-        updated: Counter[tuple[str, ...]] = Counter()
-        layers: Counter[str] = Counter()
+        stored: dict[str, float] = defaultdict(float, optimizer=self.scalars)
+        used: dict[str, float] = defaultdict(float)
+        gathered: dict[tuple[str, ...], float] = defaultdict(float)
+        gathered_once: dict[tuple[str, ...], float] = defaultdict(float)
+        reduced: dict[tuple[str, tuple[str, ...]], float] = defaultdict(float)
+        updated: dict[tuple[str, ...], float] = defaultdict(float)
+        layers: dict[str, int] = defaultdict(int)
         held = 0.0
         for w in self.own:
             size = math.prod(w.shape)
