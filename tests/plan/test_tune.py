@@ -105,6 +105,9 @@ def test_rows_that_make_no_sense_are_refused():
     hybrid = next(r for r in of["strategies"] if r.name == "hybrid_shard")
     assert hybrid.changes["mesh.data"] == 2 and hybrid.changes["mesh.fsdp"] == 1
     assert all("mesh.expert=1" in r.refused for r in of["dispatch"])
+    for row in of["offload"]:  # each is possible, and they differ in what is offloaded alone
+        changes.checked(SMALL, row.changes)
+        assert row.changes["train.remat"] == "full"
     assert [bool(r.refused) for r in of["prefetch"]] == [False, True, True, True]
     on_experts = exercises.dispatch(SMALL, SHAPE | {"expert": 2}, "gpu")
     assert [r.refused for r in on_experts] == ["", "", ""]

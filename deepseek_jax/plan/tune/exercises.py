@@ -85,20 +85,19 @@ def remat(config: Config, shape: Shape, platform: str) -> list[Row]:
 
 
 def offload(config: Config, shape: Shape, platform: str) -> list[Row]:
-    """What lies in the host's memory meanwhile."""
+    """What lies in the host's memory meanwhile; all rows with a recomputation that allows each of them."""
     optimizer, parameters, activations = (
         f"offload.{n}" for n in ("optimizer_state", "parameters", "activations")
     )
+    kept = config.train.remat
     nothing: dict[str, Any] = {optimizer: False, parameters: False, activations: ""}
+    nothing["train.remat"] = kept if kept.startswith("save:") else "full"
     return [
         Row("nothing", nothing),
         Row("optimizer state", nothing | {optimizer: True}),
         Row("parameters", nothing | {parameters: True}),
         Row("both", nothing | {optimizer: True, parameters: True}),
-        Row(
-            "activations",
-            nothing | {activations: "layer_input", "train.remat": "full"},
-        ),
+        Row("activations", nothing | {activations: "layer_input"}),
     ]
 
 

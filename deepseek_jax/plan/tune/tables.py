@@ -68,7 +68,7 @@ def _best(name: str, found: Mapping[str, Any], flags: Sequence[str]) -> list[str
     if name == exercises.BATCH and "largest" in found:
         lines.append(_largest(found, flags))
     row = best(found)
-    if row is not None:
+    if row is not None and sum("seconds" in r for r in found["rows"]) > 1:
         lines.append(f"  most tokens a second: {row['name']}: {_command(row, flags)}")
     return lines
 
