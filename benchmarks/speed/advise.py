@@ -51,7 +51,7 @@ def main() -> int:
     others = host.Others()
     found = measure.calibrated(devices, own.seconds, show=False)
     known = hardware.Known("cpu", command.CPU, rates.of_measured(None, found.as_json()), "")
-    cluster = search.Machine(own.devices, own.devices, None, known.speed.derated)
+    cluster = search.Machine(own.devices, own.devices, None, known.speed.derated, on_gpu=False)
     ranked, tried = _ranked(config, known, cluster, given)
     plans = _chosen(ranked.plans, own.best, own.sample)
     times, refused = _timed(config, plans, devices, own.steps)

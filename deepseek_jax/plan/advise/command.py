@@ -104,7 +104,9 @@ def _advise(
 ) -> advice.Advice:
     room = known.hardware.memory
     room = room and int(room * memory_fraction(own.devices > 1))
-    machine = search.Machine(own.devices, own.gpus_per_host, room, known.speed.derated)
+    machine = search.Machine(
+        own.devices, own.gpus_per_host, room, known.speed.derated, known.key != "cpu"
+    )
     one = alone(config)
     _, layout = topology.lay_out(one, topology.cpu_devices(1))
     weights = Weights(one, layout)

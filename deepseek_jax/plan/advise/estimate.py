@@ -46,6 +46,7 @@ WEIGHT_PASSES = 4  # times that gathered weights are copied in a micro-batch
 UPDATE_BYTES = (
     20  # of AdamW for each number, its moments left out: weight, gradient, new weight, and a norm
 )
+UPDATE_OPERATIONS = 16  # of AdamW for each number, where operations outside products have a rate
 KERNELS = 120  # of a layer in a micro-batch, all passes
 # The share of a collective's time in which no kernel runs.
 EXPOSED = {"weights": 0.85, "gradients": 0.85, "tokens": 0.6, "tensor": 1.0, "stages": 1.0}
@@ -79,6 +80,7 @@ class Work:
       divided: what mesh and strategy make of the weights.
       rounds: of the dispatch.
       gpus_per_host: that consecutive devices share.
+      on_gpu: whether the devices are GPUs.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class Work:
         divided: Divided,
         rounds: int,
         gpus_per_host: int,
+        on_gpu: bool = True,
     ) -> None:
         self.config, self.shape, self.divided = config, shape, divided
         m = config.model
@@ -105,6 +108,8 @@ class Work:
             if config.moe.dispatch == "ring":
                 turns *= shape["expert"]  # its buffers are those of one device's tokens
             self._rows = turns * self.buffers.expert_rows
+            if not on_gpu and not self.buffers.places:  # no whole blocks of 128 rows there
+                self._rows = self.tokens * m.num_experts_per_tok
         stages = shape["stage"]
         self.bubble = make_schedule(config, stages).bubble_share if stages > 1 else 0.0
 
@@ -170,7 +175,8 @@ class Work:
         weights = m.n_routed_experts // x * 3 * m.hidden_size * width
         grouped = not self.buffers.places
         rate = rates.f32 if self.item == 4 else rates.grouped if grouped else rates.bf16
-        turns = rows / self.buffers.expert_rows  # times that their weights are read
+        # times that their weights are read
+        turns = rows / self.buffers.expert_rows if self.buffers.places else 1
         flops = 6 * rows * m.hidden_size * width / rate
         moved = (
             (turns * weights + rows * (2 * m.hidden_size + 4 * width)) * self.item / rates.memory
@@ -199,7 +205,8 @@ class Work:
         passes = LAYER_PASSES + (LAYER_PASSES / 3 if again else 0)
         rows = passes * self.layers * self.tokens * self.config.model.hidden_size * self.item
         weights = WEIGHT_PASSES * sum(self.divided.gathered.values()) * self.item
-        return (rows + weights) / rates.memory + KERNELS * self.layers * rates.launch
+        seconds = (rows + weights) / rates.memory + KERNELS * self.layers * rates.launch
+        return seconds + (rows / self.item / rates.vector if rates.vector else 0.0)
 
     def _optimizer(self, rates: Rates) -> float:
         moments = self.divided.stored["optimizer"]
@@ -208,7 +215,8 @@ class Work:
         cast = (
             self.divided.stored.get("parameters", 0) * (4 + self.item) / 4 if self.item == 2 else 0
         )
-        return (UPDATE_BYTES * held + 2 * moments + summed + cast) / rates.memory
+        moved = (UPDATE_BYTES * held + 2 * moments + summed + cast) / rates.memory
+        return moved + (UPDATE_OPERATIONS * held / rates.vector if rates.vector else 0.0)
 
     def _offloaded(self, offload: tuple[str, ...], rates: Rates) -> float:
         """Copies between a device and its host that nothing hides."""

@@ -30,12 +30,14 @@ class Machine(NamedTuple):
       devices, gpus_per_host: in all, and of one host.
       room: bytes that a program may take of a device; None: not known.
       rates: of a device.
+      on_gpu: whether that is a GPU.
     """
 
     devices: int
     gpus_per_host: int
     room: int | None
     rates: Rates
+    on_gpu: bool = True
 
 
 class Compiled(NamedTuple):
@@ -127,7 +129,8 @@ def one_plan(config: Config, choice: Choice, weights: Weights, machine: Machine,
 
 def _work(config: Config, choice: Choice, divided: Divided, machine: Machine, skew: str) -> Work:
     rounds = skews.rounds_at(skew, config, choice.shape).rounds
-    return Work(config, choice.shape, divided, rounds, machine.gpus_per_host)
+    cluster = machine.gpus_per_host, machine.on_gpu
+    return Work(config, choice.shape, divided, rounds, *cluster)
 
 
 def _with_levers(
