@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from benchmarks import ROOT
 from benchmarks.repository.blocks import BLOCKS, PICTURES
-from benchmarks.speed import predicted
+from benchmarks.speed import advise, predicted
 from deepseek_jax.cli import texts
 from deepseek_jax.plan import options
 
@@ -315,6 +315,7 @@ def gpu_roofline(r: dict[str, Any]) -> str:
 FIGURES = [
     Figure("step_mid", "step --shape=mid --peer=benchmarks/speed/hf_torch.py", step),
     Figure("step_fine", "step --shape=fine --peer=benchmarks/speed/hf_torch.py", step),
+    Figure("advise_cpu", "advise", advise.sentence),
     Figure("predicted_cpu", "predicted", predicted.sentence),
     Figure("floor_mid", "floor --shape=mid", floor),
     Figure("floor_fine", "floor --shape=fine", floor),

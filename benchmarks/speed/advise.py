@@ -130,6 +130,15 @@ def _timed(
     return times, refused
 
 
+def sentence(r: dict[str, Any]) -> str:
+    """Of docs/speed.md."""
+    plans = f"of {r['tried']:,} plans for `tiny` on {r['machine']['devices']} virtual devices"
+    return (
+        f"{plans} the advisor's first choice takes {r['first_of_quickest']:.2f} of the quickest of the "
+        f"{len(r['rows'])} that were run"
+    )
+
+
 def text(r: dict[str, Any]) -> str:
     """For a person."""
     rows = [["rank", "plan", "predicted", "measured", "fastest to slowest"]]

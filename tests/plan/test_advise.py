@@ -18,7 +18,7 @@ from deepseek_jax.parallel.mesh import AXES, make_mesh
 from deepseek_jax.parallel.xla_options import bytes_of_a_layer
 from deepseek_jax.plan import __main__ as plan
 from deepseek_jax.plan import rates, report, topology
-from deepseek_jax.plan.advise import command, hardware, memory, search
+from deepseek_jax.plan.advise import command, hardware, memory, programs, search
 from deepseek_jax.plan.advise.candidates import Choice, configured
 from deepseek_jax.plan.advise.estimate import PARTS, Estimate, share_a_host
 from deepseek_jax.plan.advise.weights import Weights
@@ -281,6 +281,24 @@ def test_numbers_are_hardware():
     assert hardware.find("h200", "") == hardware.Known(
         "h200", topology.HARDWARE["h200"], rates.SPEEDS["h200"], ""
     )
+
+
+@pytest.mark.parametrize("key", ["h200", "cpu"])
+def test_programs_are_timed_at_the_same_rates(key):
+    speed = rates.SPEEDS["h200"] if key == "h200" else rates.speed_of("cpu", "f32=1e9,memory=2e9")
+    assert rates.speed_of(key, programs.given(speed.derated)).derated == speed.derated
+
+
+def test_what_meets_every_plan_ends_the_search():
+    asked = []
+
+    def compile_plan(p: search.Plan) -> str:
+        asked.append(p)
+        return "no disk"
+
+    plans = [plan_of(1.0 + i / 10, data=i + 1) for i in range(50)]
+    ranked = search.rank(plans, machine(), compile_plan, 2, 1e9)
+    assert len(asked) == len(ranked.refused) == 5 and len(ranked.plans) == 45
 
 
 @pytest.mark.slow  # a program each: 15 s

@@ -14,6 +14,8 @@ from typing import Any
 from deepseek_jax.plan.advise.estimate import PARTS
 from deepseek_jax.plan.advise.hardware import Known
 from deepseek_jax.plan.advise.search import Compiled, Machine, Plan
+from deepseek_jax.plan.rates import Rates
+from deepseek_jax.plan.rates_file import SECONDS
 
 # Parts of the model that instructions are of, and the part of a step's time that each is counted as.
 COUNTED_AS = {
@@ -50,14 +52,11 @@ class Compiler:
         flags_of: Callable[[Plan], Sequence[str]],
         seconds: float,
     ) -> None:
-        rates = ",".join(
-            f"{name}={value!r}" for name, value in known.speed.derated._asdict().items()
-        )
         self._flags = [
             f"--hardware={known.stands_in or known.key}",
             f"--devices={machine.devices}",
             f"--gpus_per_host={machine.gpus_per_host}",
-            f"--rates={rates}",
+            f"--rates={given(known.speed.derated)}",
             f"--skew={skew}",
         ]
         self._flags_of = flags_of
@@ -91,6 +90,12 @@ class Compiler:
             time.monotonic() - began,
             said,
         )
+
+
+def given(rates: Rates) -> str:
+    """Rates as --rates takes them. One of 0 is none, but for seconds."""
+    found = rates._asdict().items()
+    return ",".join(f"{name}={value!r}" for name, value in found if value or name in SECONDS)
 
 
 def _reason(done: subprocess.CompletedProcess[str]) -> str:

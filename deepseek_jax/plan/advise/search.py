@@ -226,7 +226,8 @@ def rank(
     corrections = Corrections()
     longest = 0.0
     order = _in_order(plans, corrections, machine)
-    while sum(choice not in refused for choice in done) < most:
+    # As many refusals have a reason that further plans would meet as well.
+    while sum(choice not in refused for choice in done) < most and len(refused) <= 2 * most:
         following = next((p for p in order if p.compiled is None), None)
         began = time.monotonic()
         if following is None or (longest and began - started + longest > seconds):
