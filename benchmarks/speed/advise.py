@@ -93,9 +93,9 @@ def _ranked(
     def flags_of(plan: search.Plan) -> list[str]:
         return candidates.flags(config, given, plan.choice)
 
-    compiler = programs.Compiler(known, cluster, SKEW, flags_of, 600.0)
+    compiler = programs.Compiler(known, cluster, SKEW, flags_of, 1800.0)
 
-    def compiled(plan: search.Plan) -> search.Compiled | str:
+    def compiled(plan: search.Plan) -> search.Compiled | str | None:
         print(f"compiling {named(plan.choice)} ...", file=sys.stderr)
         return compiler(plan)
 

@@ -189,6 +189,12 @@ def test_what_does_not_fit_or_compile_is_left_out():
     }
 
 
+def test_what_takes_too_long_stays_as_estimated():
+    plans = [plan_of(1.0, data=1), plan_of(1.5, data=2)]
+    ranked = search.rank(plans, machine(), lambda _: None, 2, 1e9)
+    assert ranked.plans == plans and not ranked.refused
+
+
 def test_none_is_compiled_that_would_not_be_done_in_time(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(search.time, "monotonic", lambda: now[0])

@@ -63,8 +63,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--seconds",
         type=arguments.number(above=0),
-        default=200.0,
-        help="No plan is begun to be compiled that would not be done by then.",
+        default=270.0,
+        help="Of compiling: no plan is begun that would not be done by then, and none goes on after.",
     )
     parser.add_argument("--top", type=arguments.whole(1), default=10, help="Plans to print.")
     # On the CPU: an advisor must not take the memory of a GPU that is at work.
@@ -124,11 +124,20 @@ def _advise(
         missing = f"JAX's GPU compiler is missing: make advise, or {topology.INSTALL}"
     compiler = Compiler(known, machine, own.skew, flags_of, own.seconds)
 
-    def compiled(plan: search.Plan) -> search.Compiled | str:
+    late = False
+
+    def compiled(plan: search.Plan) -> search.Compiled | str | None:
+        nonlocal late
         print(f"compiling {text.named(plan.choice)} ...", file=sys.stderr)
-        return compiler(plan)
+        result = compiler(plan)
+        late = result is None
+        return result
 
     ranked = search.rank(found.plans, machine, compiled, most, own.seconds)
+    if late:
+        missing = (
+            f"A plan was not compiled within --seconds={own.seconds:.0f}: set more to wait for it"
+        )
     if not ranked.plans:
         raise UserError(
             f"what fits by arithmetic does not as compiled: {ranked.refused[-1][1]} "

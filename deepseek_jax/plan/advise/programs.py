@@ -41,7 +41,7 @@ class Compiler:
       known: what they are compiled for. machine: how many of it.
       skew: as plan/skew.py has it.
       flags_of: makes the flags of train.py of a plan.
-      seconds: that one may take.
+      seconds: from now, after which none goes on.
     """
 
     def __init__(
@@ -60,11 +60,11 @@ class Compiler:
             f"--skew={skew}",
         ]
         self._flags_of = flags_of
-        self._seconds = seconds
+        self._deadline = time.monotonic() + seconds
         self._devices = machine.devices
 
-    def __call__(self, plan: Plan) -> Compiled | str:
-        """The program's bytes and predicted time, or in one line why there is none."""
+    def __call__(self, plan: Plan) -> Compiled | str | None:
+        """The program's bytes and predicted time, or why there is none in one line; None: it takes too long."""
         command = [sys.executable, "-m", "deepseek_jax.plan", "--roofline", "--json"]
         command += [*self._flags, *self._flags_of(plan)]
         began = time.monotonic()
@@ -75,12 +75,12 @@ class Compiler:
                 command,
                 capture_output=True,
                 text=True,
-                timeout=self._seconds,
+                timeout=max(1.0, self._deadline - began),
                 env=environment,
                 check=False,
             )
         except subprocess.TimeoutExpired:
-            return f"not compiled within {self._seconds:.0f} s"
+            return None
         if done.returncode != 0:
             return _reason(done)
         said = json.loads(done.stdout)

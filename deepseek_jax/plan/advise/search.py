@@ -209,14 +209,14 @@ class Ranked(NamedTuple):
 def rank(
     plans: list[Plan],
     machine: Machine,
-    compile_plan: Callable[[Plan], Compiled | str],
+    compile_plan: Callable[[Plan], Compiled | str | None],
     most: int,
     seconds: float,
 ) -> Ranked:
     """Orders plans by the time of their step, compiling the best.
 
     Args:
-      compile_plan: a plan's program, read; or why it has none.
+      compile_plan: a plan's program, read; or why it has none; None: it takes too long, as others would.
       most: how many to compile that fit.
       seconds: none is begun that would not be done by then, if it took as long as the longest so far.
     """
@@ -234,6 +234,8 @@ def rank(
             break
         result = compile_plan(following)
         longest = max(longest, time.monotonic() - began)
+        if result is None:
+            break
         if isinstance(result, str):
             refused[following.choice] = following, result
         else:

@@ -88,7 +88,8 @@ def _heading(advice: Advice) -> list[str]:
             "nearest, and timed at its own rates"
         )
     if advice.missing:
-        lines.append(f"ranked by arithmetic alone. {advice.missing}")
+        alone = "" if compiled else "ranked by arithmetic alone. "
+        lines.append(f"{alone}{advice.missing}")
     lines += [f"not {named(p.choice)}: {why}" for p, why in advice.ranked.refused]
     return lines
 
