@@ -64,7 +64,7 @@ class Compiler:
         self._devices = machine.devices
 
     def __call__(self, plan: Plan) -> Compiled | str | None:
-        """The program's bytes and predicted time, or why there is none in one line; None: it takes too long."""
+        """The program's bytes and predicted time, or why there is none; None: it takes too long."""
         command = [sys.executable, "-m", "deepseek_jax.plan", "--roofline", "--json"]
         command += [*self._flags, *self._flags_of(plan)]
         began = time.monotonic()
