@@ -80,6 +80,15 @@ def apart(exact: float, ours: float) -> dict[str, float]:
     return {"apart": (ours - exact) / exact}
 
 
+def sentence(r: dict[str, Any]) -> str:
+    """Of docs/speed.md."""
+    found = [w["apart"] for w in r["windows"][1:]]
+    return (
+        f"`tiny` trained whole with experts in FP8 beside without: losses of 50 steps {min(found):+.2%} to "
+        f"{max(found):+.2%} apart, held out {r['held_out']['apart']:+.2%}; bar {BAR:.2%}"
+    )
+
+
 def text(result: dict[str, Any]) -> str:
     """The tables for a person."""
     rows = [["to step", *RUNS, "apart"]]

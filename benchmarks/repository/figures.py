@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from benchmarks import ROOT
+from benchmarks.learning import fp8
 from benchmarks.repository.blocks import BLOCKS, PICTURES
 from benchmarks.speed import advise, predicted
 from deepseek_jax.cli import texts
@@ -317,6 +318,7 @@ FIGURES = [
     Figure("step_fine", "step --shape=fine --peer=benchmarks/speed/hf_torch.py", step),
     Figure("advise_cpu", "advise", advise.sentence),
     Figure("predicted_cpu", "predicted", predicted.sentence),
+    Figure("fp8", "fp8", fp8.sentence),
     Figure("floor_mid", "floor --shape=mid", floor),
     Figure("floor_fine", "floor --shape=fine", floor),
     Figure("moe", "moe", moe),
