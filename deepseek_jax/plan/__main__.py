@@ -82,11 +82,7 @@ def main(argv: list[str]) -> int:
     # On the CPU: a planner must not take the memory of a GPU that is at work.
     jax.config.update("jax_platforms", "cpu")
     own, config = options.read(parser, argv)
-    if own.devices is None:
-        raise UserError(
-            "--devices is missing. Say for how many GPUs to plan, for instance --devices=8."
-        )
-    topology.hosts_of(own.devices, own.gpus_per_host)
+    topology.check_cluster(own.devices, own.gpus_per_host)
     for flag in ("skew", "rates"):
         if getattr(own, flag) is not None and not own.roofline:
             raise UserError(f"--{flag}={getattr(own, flag)} is of the prediction. Add --roofline.")

@@ -86,6 +86,15 @@ def hosts_of(devices: int, gpus_per_host: int) -> int:
     return max(1, devices // gpus_per_host)
 
 
+def check_cluster(devices: int | None, gpus_per_host: int) -> None:
+    """Raises UserError: --devices is missing, or as `hosts_of`."""
+    if devices is None:
+        raise UserError(
+            "--devices is missing. Say for how many devices to plan, for instance --devices=8."
+        )
+    hosts_of(devices, gpus_per_host)
+
+
 def gpu_devices(hardware: Hardware, devices: int, gpus_per_host: int) -> list[Any]:
     """Devices to compile for, host by host. Needs a CUDA plugin (`has_gpu_compiler`).
 

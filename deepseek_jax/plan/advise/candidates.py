@@ -5,17 +5,16 @@ The mathematics stays the config's: its batch, its model, its optimizer. Only wh
 rounding is tried.
 """
 
-import dataclasses
+import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from deepseek_jax.config import validation
 from deepseek_jax.config.options import Config, value_of
 from deepseek_jax.errors import UserError
 from deepseek_jax.parallel.mesh import AXES, check_model
 from deepseek_jax.parallel.sharding import DIVIDED_BY
-from deepseek_jax.plan.tune.changes import with_options
+from deepseek_jax.plan.tune.changes import checked, with_options
 from deepseek_jax.train.kept import ORDER
 
 DISPATCH = ("all_to_all", "all_gather", "ring")
@@ -144,15 +143,6 @@ def levers(config: Config, choice: Choice) -> Iterator[Choice]:
         yield choice._replace(remat=remat, offload=offload)
 
 
-def is_valid(config: Config) -> bool:
-    """Whether the rules between options allow it."""
-    try:
-        validation.validate(config)
-    except UserError:
-        return False
-    return True
-
-
 def divisors(n: int) -> list[int]:
     """In order."""
     small = [i for i in range(1, int(n**0.5) + 1) if n % i == 0]
@@ -161,15 +151,13 @@ def divisors(n: int) -> list[int]:
 
 def _accumulations(config: Config) -> list[int]:
     """Numbers of micro-batches that the config's rules allow, whatever the mesh."""
-    t = config.train
-    tried = divisors(t.batch_size)
-    one = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, stage=1))
-
-    def of(accumulation: int) -> Config:
-        train = dataclasses.replace(one.train, accumulation=accumulation, remat="full")
-        return dataclasses.replace(one, train=train)
-
-    return [n for n in tried if is_valid(of(n))]
+    found = []
+    for accumulation in divisors(config.train.batch_size):
+        changes = {"mesh.stage": 1, "train.accumulation": accumulation, "train.remat": "full"}
+        with contextlib.suppress(UserError):
+            checked(config, changes)
+            found.append(accumulation)
+    return found
 
 
 def _dispatches(config: Config, mesh: tuple[int, ...]) -> tuple[str, ...]:

@@ -16,7 +16,6 @@ guides to FSDP and DeepSpeed would have chosen. Any option of train.py can follo
 sets are replaced. Exit codes: 0; 2 a mistake in the options, or nothing fits: the line says what would.
 """
 
-import dataclasses
 import json
 import shlex
 import sys
@@ -33,6 +32,7 @@ from deepseek_jax.plan import options, rates, skew, topology
 from deepseek_jax.plan.advise import advice, candidates, hardware, search, text
 from deepseek_jax.plan.advise.programs import Compiler
 from deepseek_jax.plan.advise.weights import Weights
+from deepseek_jax.plan.tune.changes import with_options
 from deepseek_jax.run import commandline
 
 MOST_DEVICES = 2**20  # of which a suggestion is looked for
@@ -70,11 +70,7 @@ def main(argv: list[str]) -> int:
     # On the CPU: an advisor must not take the memory of a GPU that is at work.
     jax.config.update("jax_platforms", "cpu")
     own, config = options.read(parser, argv)
-    if own.devices is None:
-        raise UserError(
-            "--devices is missing. Say how many devices there are, for instance --devices=8."
-        )
-    topology.hosts_of(own.devices, own.gpus_per_host)
+    topology.check_cluster(own.devices, own.gpus_per_host)
     if own.hardware == "cpu":
         known = _this_machine(own.devices, own.rates)
     else:
@@ -161,11 +157,9 @@ def _advise(
 
 def alone(config: Config) -> Config:
     """The config on one device, for shapes."""
-    mesh = dataclasses.replace(config.mesh, data=1, stage=1, fsdp=1, expert=1, tensor=1)
-    sharding = dataclasses.replace(
-        config.sharding, strategy="no_shard", gradient_compression="none", virtual_stages=0
-    )
-    return dataclasses.replace(config, mesh=mesh, sharding=sharding)
+    changes: dict[str, Any] = {f"mesh.{axis}": 1 for axis in candidates.AXES}
+    changes |= {"sharding.strategy": "no_shard", "sharding.gradient_compression": "none"}
+    return with_options(config, changes | {"sharding.virtual_stages": 0})
 
 
 def _nothing_fits(

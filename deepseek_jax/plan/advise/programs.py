@@ -61,7 +61,6 @@ class Compiler:
         ]
         self._flags_of = flags_of
         self._deadline = time.monotonic() + seconds
-        self._devices = machine.devices
 
     def __call__(self, plan: Plan) -> Compiled | str | None:
         """The program's bytes and predicted time, or why there is none; None: it takes too long."""

@@ -57,7 +57,7 @@ def _cells(r: Mapping[str, Any], first: Mapping[str, Any] | None, with_rounds: b
 
 
 def best(found: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The row with most tokens a second; None: none has run."""
+    """The row with most tokens per second; None: none has run."""
     ran = [r for r in found["rows"] if "seconds" in r]
     return max(ran, key=lambda r: r["tokens_per_second"], default=None)
 
@@ -69,7 +69,7 @@ def _best(name: str, found: Mapping[str, Any], flags: Sequence[str]) -> list[str
         lines.append(_largest(found, flags))
     row = best(found)
     if row is not None and sum("seconds" in r for r in found["rows"]) > 1:
-        lines.append(f"  most tokens a second: {row['name']}: {_command(row, flags)}")
+        lines.append(f"  most tokens per second: {row['name']}: {_command(row, flags)}")
     return lines
 
 
