@@ -414,12 +414,14 @@ def one_device() -> invariance.Run:
 
 
 @pytest.mark.slow
-def test_losses_are_near():
-    """Two steps of a random model, whose routers choose otherwise for 1% of the assignments: 0.5%. The 0.25%
-    of a loss curve are of a model that learns: benchmarks/learning/fp8.py."""
+def test_losses_are_near(monkeypatch):
+    """Two steps of a random model as a run creates it, whose routers choose otherwise for 1% of the
+    assignments: 0.25%."""
+    monkeypatch.setattr(invariance, "initial_state", invariance.created_state)
+    found = invariance.train(with_fp8(invariance.variant()), 2)
     exact = invariance.one_device(steps=2)
-    for ours, theirs in zip(one_device().losses, exact.losses, strict=True):
-        assert abs(ours - theirs) < 0.005 * theirs
+    for ours, theirs in zip(found.losses, exact.losses, strict=True):
+        assert abs(ours - theirs) < 0.0025 * theirs
 
 
 @pytest.mark.slow
